@@ -442,6 +442,22 @@ def test_a_job_killed_while_it_publishes_goes_on(moment: str, tmp_path: Path, mo
     assert files(tmp_path / "store") == files(tmp_path / "whole")
 
 
+def test_a_killed_publication_leaves_no_root_of_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from manyhands.prepare.job import publishing
+
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    write(forecasts(), tmp_path / "whole", forecast(format=3))
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "_digest", killed)
+        with pytest.raises((KeyboardInterrupt, mh.Interrupted)):
+            write(forecasts(), tmp_path / "store", forecast())
+    assert (tmp_path / "store" / ".zmetadata").exists()
+    write(forecasts(), tmp_path / "store", forecast(format=3))
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+
+
 def test_a_torn_chunk_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a power failure, a chunk that was renamed may be empty, although the task's note exists."""
     from manyhands.prepare.job import publishing

@@ -124,6 +124,15 @@ def test_absent_chunks_are_counted_or_an_error(form: int, tmp_path: Path) -> Non
     assert caught.value.where == str(store / key)
 
 
+def test_absent_chunks_of_shards_are_not_searched_for(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "a", zarr_format=3)
+    array = array_in(group, "v", np.zeros(4, "f4"), chunks=(1,), shards=(2,), fill_value=-1)
+    array[0] = 5
+    assert [record["v"] for record in records(tmp_path / "a")] == [5, -1, -1, -1]
+    with pytest.raises(mh.DataError, match="absent chunks of 'v' can't be found, because it has shards"):
+        mh.Dataset.read(tmp_path / "a", absent="error")
+
+
 @pytest.mark.parametrize("chunks", [(2,), (1,)])
 @pytest.mark.parametrize("form", [2, 3])
 def test_coordinates_that_were_never_written_are_an_error(form: int, chunks: tuple[int], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class Variable:
     attributes: Mapping[str, Any]
     units: tuple[int, ...] | None = None
     fill: Any = None
+    has_shards: bool = False
 
 
 class Source(Protocol):
@@ -208,6 +209,7 @@ def _zarr_variable(name: str, array: Any, form: int) -> Variable:
         attributes=attributes,
         units=tuple(array.shards or array.chunks),
         fill=array.metadata.fill_value if form == 2 else None,
+        has_shards=array.shards is not None,
     )
 
 

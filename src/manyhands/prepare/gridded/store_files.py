@@ -7,7 +7,7 @@ values, and on the versions of zarr and numcodecs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -212,10 +212,3 @@ class FileAssembler:
 def all_owners(layout: ZarrLayout) -> range:
     """Return the numbers of all files of variables."""
     return range(grid_of(layout).total)
-
-
-def top_names(layout: ZarrLayout) -> Iterator[str]:
-    """Yield the names directly in the folder of the store: variables, coordinates, and the files of the root."""
-    yield from layout.dims
-    yield from layout.coords
-    yield from ROOT_FILES

@@ -126,6 +126,8 @@ def plan_arrays(
                     integers=options["integers"],
                 )
             )
+            if options["absent"] == "error":
+                _refuse_shards(described[-1])
             check_same(described[0], described[-1], options["tolerance"])
             files.append(_identifying(source, form, described[-1]))
             splits += _splits(
@@ -140,6 +142,17 @@ def plan_arrays(
     ]
     first = described[0]
     return files, settled, (first.record, *(name for name in first.columns if name != first.record))
+
+
+def _refuse_shards(described: Described) -> None:
+    sharded = next((name for name in described.columns if described.variables[name].has_shards), None)
+    if sharded is not None:
+        raise DataError(
+            f"absent chunks of {sharded!r} can't be found, because it has shards",
+            where=described.path,
+            expected="an array without shards, because of absent='error'",
+            hint="leave out absent='error'; then the cells of absent chunks have the fill value of the array",
+        )
 
 
 def _splits(

@@ -10,6 +10,7 @@ from typing import Any
 
 from manyhands.data.token_format import MANIFEST
 from manyhands.errors import DataError
+from manyhands.prepare.gridded.store_files import ROOT_FILES
 from manyhands.prepare.io.manifest import FORMAT
 from manyhands.prepare.job.stages import StageResult, cached_bad_records
 from manyhands.prepare.job.store_output import OutputFile, move_store, store_names, stored_files, write_root
@@ -36,7 +37,8 @@ def publish(plan: Plan, folder: str, stages: list[StageResult], before: dict[str
     else:
         files = [OutputFile(r.file, r.bytes_out, r.records, str(r.sha256)) for r in last.results if r.file is not None]
     bad = b"".join(line for stage in stages for line in stage.bad_records)
-    _check_totals(stages, last.records if layout else sum(file.records for file in files), bad.count(b"\n"))
+    # The files of a store have no counts of records: a record may lie in many of them.
+    _check_totals(stages, None if layout is not None else sum(file.records for file in files), bad.count(b"\n"))
     bad = b"".join(cached_bad_records(plan)) + bad
     _remove_old(folder, {file.name for file in files}, before)
     if layout is not None:
@@ -81,7 +83,8 @@ def _remove_old(folder: str, keep: set[str], before: dict[str, Any] | None) -> N
         if is_local(folder):
             sync(Path(folder))  # after a power loss, the old manifest must not exist next to new files
     for name in names_in(folder):
-        if (name.startswith("part-") and name not in keep) or name == BAD_RECORDS:
+        # The root files of a killed job in another format would describe the new arrays wrongly.
+        if ((name.startswith("part-") or name in ROOT_FILES) and name not in keep) or name == BAD_RECORDS:
             remove(join_path(folder, name))
 
 
@@ -103,9 +106,12 @@ def _move_parts(last: StageResult, folder: str) -> None:
         )
 
 
-def _check_totals(stages: list[StageResult], records: int, bad_records: int) -> None:
-    """Compare the counts of the manifest with the counts of the tasks. Raises DataError if they differ."""
-    if records != stages[-1].records:
+def _check_totals(stages: list[StageResult], records: int | None, bad_records: int) -> None:
+    """Compare the counts of the manifest with the counts of the tasks. Raises DataError if they differ.
+
+    records: the number of records in the files, or None if it is unknown.
+    """
+    if records is not None and records != stages[-1].records:
         raise lost_records("the files of the last stage", stages[-1].records, records)
     found = sum(result.bad_records for stage in stages for result in stage.results)
     if bad_records != found:
