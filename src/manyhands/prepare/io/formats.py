@@ -17,6 +17,7 @@ from manyhands.prepare.io.array_files import array_tables, read_arrays, split_ar
 from manyhands.prepare.io.array_writing import ArraysWriter, NpzWriter
 from manyhands.prepare.io.compression import COMPRESSIONS
 from manyhands.prepare.io.csv_files import check_same_names, is_csv_type, read_csv, split_csv
+from manyhands.prepare.io.gridded_input import NETCDF_SUFFIXES
 from manyhands.prepare.io.gridded_reading import read_gridded
 from manyhands.prepare.io.listing import (
     InputFile,
@@ -158,7 +159,7 @@ FORMATS = {
         extra="arrays",
     ),
     "netcdf": FileFormat(
-        suffixes=(".nc", ".nc4", ".cdf"),
+        suffixes=NETCDF_SUFFIXES,
         input=Input(split=no_splitter, read=read_gridded),
         needs="netCDF4",
         extra="arrays",

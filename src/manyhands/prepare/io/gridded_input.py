@@ -22,6 +22,8 @@ from manyhands.storage.location import is_local
 
 _MOST_STEPS = 4  # partitions of more than this many times `partition_bytes` are avoided, if chunks don't fit together
 
+NETCDF_SUFFIXES = (".nc", ".nc4", ".cdf")
+
 
 class ArrayOptions(TypedDict, total=False):
     """The keyword arguments of `Dataset.read` for zarr stores and netCDF files.
@@ -73,7 +75,7 @@ def check_no_options(options: Mapping[str, Any]) -> None:
 
 def is_netcdf(path: str) -> bool:
     """Return True if the suffix is that of a netCDF file."""
-    return os.path.splitext(path)[1].lower() in (".nc", ".nc4", ".cdf")
+    return os.path.splitext(path)[1].lower() in NETCDF_SUFFIXES
 
 
 def zarr_stores(patterns: Sequence[str], given: str | None) -> list[str] | None:
