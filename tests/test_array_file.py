@@ -47,7 +47,7 @@ def test_case_20_windows(tmp_path: Path) -> None:
     assert len(data._files) == 2
     assert first(data) == list(range(91))
     assert [data[index]["x"][:, 0].tolist() for index in (0, 45, 90)] == [list(range(n, n + 10)) for n in (0, 45, 90)]
-    train, test = data.split(at=80)
+    train, test = data.split(row=80)
     assert (len(train), len(test), train.left_out.split + test.left_out.split) == (71, 11, 9)
     assert (first(train)[-1], first(test)[0]) == (70, 80)
     times = [time for time in range(101) if time != 50]
@@ -55,6 +55,8 @@ def test_case_20_windows(tmp_path: Path) -> None:
     assert first(gap) == [*range(41), *range(50, 91)]
     assert gap.left_out == (10, 0, 0)
     assert gap.report == "82 windows of 10 rows; left out: 10 would hold a missing step (1 gap)"
+    assert [first(part)[0] for part in gap.split(row=80)] == [0, 80]
+    assert first(gap.split(time=80)[1])[0] == 79
     with pytest.raises(mh.DataError, match="there is a gap in time") as caught:
         mh.ArrayFile(gap.path, length=10, time="t", gaps="error")
     assert (caught.value.where, caught.value.got) == (f"{gap.path}, rows 50 and 51", "49 and 51")
@@ -115,7 +117,7 @@ def _float(value: Fraction) -> float:
 def test_statistics_per_channel_cover_only_the_part(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     records = [{"t": n, "x": rng.normal(size=(3, 4, 2))} for n in range(20)]
-    part, _ = mh.ArrayFile(written(tmp_path / "a", records, files=3), length=2, time="t").split(at=15)
+    part, _ = mh.ArrayFile(written(tmp_path / "a", records, files=3), length=2, time="t").split(row=15)
     stacked = np.array([record["x"] for record in records[:15]])
     found = part.statistics("x", axis=0)
     assert (found.ranges, found.times, found.count.tolist()) == (((0, 15),), (0, 14), [120] * 3)
@@ -249,8 +251,8 @@ def test_datetimes_steps_and_splits_at_a_time(tmp_path: Path) -> None:
     data = mh.ArrayFile(path, columns="x", length=4, time="t", step=dt.timedelta(hours=6))
     assert (len(data), data.left_out.gaps, data.time_gaps) == (7 + 15, 5, [(10, 2)])
     assert data[0].shape == (4, 2)
-    assert [len(part) for part in data.split(at=dt.datetime(2020, 1, 6))] == [12, 7]
-    assert data.split(at="2020-01-06")[1].first_row(0) == 18
+    assert [len(part) for part in data.split(time=dt.datetime(2020, 1, 6))] == [12, 7]
+    assert data.split(time="2020-01-06")[1].first_row(0) == 18
     with pytest.raises(mh.DataError, match="too few rows for one window"):
         mh.ArrayFile(path, length=4, time="t", step=dt.timedelta(hours=12))
     dates = [{"t": dt.date(2020, 1, day)} for day in (1, 2, 4, 5)]
@@ -258,6 +260,38 @@ def test_datetimes_steps_and_splits_at_a_time(tmp_path: Path) -> None:
     assert (len(days), days.left_out.gaps) == (2, 2)
     floats = mh.ArrayFile(written(tmp_path / "f", steps([n * 0.1 for n in range(50) if n != 20])), length=5, time="t")
     assert (len(floats), floats.left_out.gaps) == (16 + 25, 5)
+
+
+TIMES: dict[str, tuple[list[Any], list[tuple[Any, int]]]] = {
+    "integers": ([1, 80, 81, 2**53, 2**53 + 1], [(80, 1), (80.5, 2), (np.int8(80), 1), (2**53 + 1, 4), (2.0**53, 3)]),
+    "floats": ([0.5, 80.0, 2.0**53], [(80, 1), (np.float32(0.75), 1), (2**53 - 1, 2)]),
+    "dates": (
+        [dt.date(1969, 12, day) for day in (1, 2, 3)] + [dt.date(2020, 1, 2)],
+        [
+            (dt.date(1969, 12, 2), 1),
+            (dt.datetime(1969, 12, 2, 12), 2),
+            (dt.datetime(1969, 12, 2, 23, tzinfo=dt.timezone(dt.timedelta(hours=-2))), 3),
+            ("1969-12-02T00:00:00.000000001", 2),
+            ("2020", 3),
+            (np.datetime64("1969-12-01T00:00:01", "ps"), 1),
+        ],
+    ),
+    "differences": (
+        [np.timedelta64(number, "ns") for number in (-1, 0, 1)],
+        [(dt.timedelta(0), 1), (np.timedelta64(-1, "ps"), 1), (np.timedelta64(1, "ps"), 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_a_time_to_split_at_is_compared_exactly(kind: str, tmp_path: Path) -> None:
+    times, cases = TIMES[kind]
+    data = mh.ArrayFile(written(tmp_path / "a", [{"t": time} for time in times]), time="t")
+    for time, row in cases:
+        assert first(data.split(time=time)[1])[0] == row, repr(time)
+    for wrong in (np.datetime64("NaT"), np.datetime64("9999", "Y"), "", True):
+        with pytest.raises(mh.ConfigError, match="split"):
+            data.split(time=wrong)
 
 
 def test_groups_are_on_one_side_and_windows_do_not_span_them(tmp_path: Path) -> None:
@@ -275,7 +309,7 @@ def test_groups_are_on_one_side_and_windows_do_not_span_them(tmp_path: Path) -> 
     assert {other[n]["episode"][0].item() for n in range(len(other))} != sides[1]
     assert test.statistics("x").count == 2 * sum(5 + e % 3 for e in sides[1])
     with pytest.raises(mh.ConfigError, match="times start again"):
-        data.split(at=2.5)
+        data.split(time=2.5)
 
 
 def test_an_array_file_is_pickled_by_its_path(tmp_path: Path) -> None:
@@ -314,7 +348,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises((mh.ConfigError, mh.DataError), match=message):
             mh.ArrayFile(path, **arguments)
     data = mh.ArrayFile(path, time="t")
-    for arguments in ({}, {"at": 3, "share": 0.5}, {"at": 0}, {"at": 30}, {"at": "x"}):
+    wrong: list[dict[str, Any]] = [{}, {"row": 3, "share": 0.5}, {"row": 0}, {"row": 30}, {"row": 2.5}]
+    wrong += [{"time": "x"}, {"time": math.nan}, {"time": 99}, {"share": 1.5}, {"share": "x"}]
+    for arguments in wrong:
         with pytest.raises(mh.ConfigError, match="split"):
             data.split(**arguments)
     nan = mh.Dataset.from_records([{"t": 0.0}, {"t": math.nan}])
@@ -448,7 +484,7 @@ def loss(model: Any, batch: Any) -> Any:
 
 def train(folder: str, steps: int = 3) -> str:
     torch.manual_seed(0)
-    data = mh.ArrayFile(folder, columns=["x"], length=3, time="t").split(at=40)[0]
+    data = mh.ArrayFile(folder, columns=["x"], length=3, time="t").split(row=40)[0]
     scale = data.statistics("x", axis=0)
 
     def collate(items: list[Any]) -> Any:

@@ -31,10 +31,11 @@ from manyhands.data.windows import (
     common_step,
     find_gaps,
     find_windows,
+    first_at,
 )
 from manyhands.errors import ConfigError, DataError
 from manyhands.numerics.exact_statistics import ExactStatistics
-from manyhands.options import whole_number
+from manyhands.options import real_number, whole_number
 from manyhands.storage.location import is_local
 
 if TYPE_CHECKING:
@@ -149,26 +150,35 @@ class ArrayFile(Dataset[Any]):
         left = "; ".join(f"{count:,} {reason}" for count, reason in reasons if count)
         return f"{len(self):,} windows of {self.length or 1} rows; left out: {left or 'none'}"
 
-    def split(self, at: Any = None, share: float | None = None) -> tuple[ArrayFile, ArrayFile]:
+    def split(
+        self, *, row: int | None = None, time: Any = None, share: float | None = None
+    ) -> tuple[ArrayFile, ArrayFile]:
         """Divide the rows into two parts, and return an ArrayFile for each. No row is in both.
 
-        at: the first row of the second part, counted over all files, or its time if there is a column of times. share:
+        row: the first row of the second part, counted over all files. time: the second part starts with the first row
+        that has this time or a later one in the column of times: a number, or a datetime, date or text of one. share:
         the share of the groups that are in the first part, between 0 and 1. Raises ConfigError unless exactly one of
         them is given.
         """
-        if (at is None) == (share is None):
-            raise ConfigError("split needs either a row or time, or a share of the groups", got=f"{at=}, {share=}")
+        given = {name: value for name, value in (("row", row), ("time", time), ("share", share)) if value is not None}
+        if len(given) != 1:
+            raise ConfigError("split needs one of row, time and share", got=", ".join(given) or "none of them")
+        low, high = self.share or (0.0, 1.0)
         if share is not None:
-            low, high = self.share or (0.0, 1.0)
-            middle = low + (high - low) * share
+            part = real_number(share)
+            if part is None or not 0 < part < 1:
+                raise ConfigError("the share to split at is out of range", expected="between 0 and 1", got=repr(share))
+            middle = low + (high - low) * part
             return replace(self, share=(low, middle)), replace(self, share=(middle, high))
-        row = whole_number(at)
-        if row is None:
-            row = self._row_at(at)
-        low, high = _range_of(self.rows, self.total_rows)
-        if self.share is not None or not low < row < high:
-            raise ConfigError("the data can't be split here", expected=f"a row between {low} and {high}", got=repr(at))
-        return replace(self, rows=(low, row)), replace(self, rows=(row, high))
+        first = whole_number(row) if row is not None else self._row_at(time)
+        start, stop = _range_of(self.rows, self.total_rows)
+        if self.share is not None or first is None or not start < first < stop:
+            raise ConfigError(
+                "the data can't be split here",
+                expected=f"a row between {start} and {stop}, and no share",
+                got=", ".join(f"{name}={value!r}" for name, value in given.items()),
+            )
+        return replace(self, rows=(start, first)), replace(self, rows=(first, stop))
 
     def statistics(self, column: str, axis: int | Sequence[int] | None = None) -> ArrayStatistics:
         """Return the exact mean and deviation of a column, over the rows of this part. NaN are counted as missing.
@@ -293,19 +303,16 @@ class ArrayFile(Dataset[Any]):
             )
         return found
 
-    def _row_at(self, at: Any) -> int:
+    def _row_at(self, time: Any) -> int:
+        """Return the first row at this time or later. Raises ConfigError."""
         if self.time is None:
             raise ConfigError(
-                "a time to split at needs a column of times", got=repr(at), hint="use ArrayFile(time=...)"
+                "a time to split at needs a column of times", got=repr(time), hint="use ArrayFile(time=...)"
             )
         times = self._scalars(self.time)
-        try:
-            moment = np.asarray(at, times.dtype)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"the time to split at can't be read: {error}", got=repr(at)) from error
         if np.any(times[1:] < times[:-1]):
             raise ConfigError("the data can't be split at a time, because times start again", hint="split by share")
-        return int(np.searchsorted(times, moment))
+        return first_at(times, time)
 
     def _times_of(self) -> tuple[Any, Any] | None:
         if self.time is None or not self._ranges:

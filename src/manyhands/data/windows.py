@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import operator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from manyhands.errors import DataError
+from manyhands.errors import ConfigError, DataError
+from manyhands.options import real_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TOLERANCE = 0.01  # of a step: times in floats are not exact
+
+_ATTOSECONDS = {
+    **{unit: seconds * 10**18 for unit, seconds in (("W", 604_800), ("D", 86_400), ("h", 3600), ("m", 60))},
+    **{unit: 10 ** (18 - 3 * number) for number, unit in enumerate(("s", "ms", "us", "ns", "ps", "fs", "as"))},
+}
 
 
 class LeftOut(NamedTuple):
@@ -100,6 +108,42 @@ def common_step(times: NDArray[Any], borders: NDArray[np.intp]) -> Any:
     steps = np.delete(np.diff(times), borders - 1)
     steps = np.sort(steps[steps > np.zeros(1, steps.dtype)])
     return steps[(len(steps) - 1) // 2] if len(steps) else None
+
+
+def first_at(times: NDArray[Any], time: Any) -> int:
+    """Return the first row whose time is `time` or later. times: ascending. Raises ConfigError.
+
+    Comparisons are between Python's integers and floats, which are exact. NumPy would round or wrap one of the numbers.
+    """
+    try:
+        if times.dtype.kind in "mM":
+            exact: Callable[[Any], Any] = _attoseconds
+            sought: float | None = _attoseconds(_moment(time, times.dtype.kind))
+        else:
+            exact, sought = operator.methodcaller("item"), real_number(time)
+            if sought is None or sought != sought:
+                raise ValueError("it is not a number")
+        return bisect_left(range(len(times)), sought, key=lambda row: exact(times[row]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the time to split at can't be read: {error}", got=repr(time)) from error
+
+
+def _moment(time: Any, kind: str) -> Any:
+    """Return a datetime64, or a timedelta64 for kind "m". Raises ValueError."""
+    if isinstance(time, datetime) and time.tzinfo is not None:
+        time = time.astimezone(UTC).replace(tzinfo=None)
+    found = np.datetime64(time) if kind == "M" else np.timedelta64(time)
+    if np.isnat(found):
+        raise ValueError("it is NaT")
+    return found.astype("datetime64[D]") if found.dtype in ("datetime64[Y]", "datetime64[M]") else found
+
+
+def _attoseconds(time: Any) -> int:
+    unit, count = np.datetime_data(time.dtype)
+    if unit not in _ATTOSECONDS:
+        raise ValueError(f"its unit is {unit}, which has no fixed length")
+    number: int = int(time.astype(np.int64)) * count * _ATTOSECONDS[unit]
+    return number
 
 
 def check_increasing(times: NDArray[Any], borders: NDArray[np.intp], where: str) -> None:
