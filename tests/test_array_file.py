@@ -107,6 +107,14 @@ def test_statistics_are_those_of_fractions(data: st.DataObject) -> None:
         assert deviations[channel] == math.sqrt(_float(variance))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_statistics_of_integers_that_floats_round(sign: int) -> None:
+    for dtype in ("i8", "u8") if sign > 0 else ("i8",):
+        found = ExactStatistics(1)
+        found.add(np.array([[[2**53 + 1, 2**53 - 1]]], dtype) * np.array(sign, dtype))
+        assert [each.tolist() for each in found.results()] == [[float(sign * 2**53)], [1.0]]
+
+
 def _float(value: Fraction) -> float:
     try:
         return float(value)

@@ -31,7 +31,7 @@ _MOST_COLUMNS = 64  # the columns of sums are joined when there are more
 
 
 class ExactStatistics:
-    """Adds the numbers of channels. channels: their number, at most as many as fit into memory several times.
+    """Adds the numbers of channels. channels: how many. Several arrays of this length must fit in memory.
 
     count, missing: the numbers of each channel that are not NaN, and those that are, [channels].
     """
@@ -69,7 +69,7 @@ class ExactStatistics:
             else:
                 is_rare = np.isinf(numbers)
         elif values.dtype.itemsize == 8:
-            is_rare = np.abs(numbers) > WHOLE
+            is_rare = np.abs(numbers) >= WHOLE  # the next integer is rounded to WHOLE
         self.count += values.shape[0] * values.shape[2]
         if is_rare.any():
             self._add_rare(values, is_rare)
