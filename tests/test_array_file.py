@@ -10,6 +10,7 @@ import struct
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 import manyhands as mh
 from manyhands.data import array_format
 from manyhands.data.array_file import ArrayFile
+from manyhands.data.windows import find_windows
 from manyhands.numerics.exact_statistics import ExactStatistics
 from manyhands.prepare.records.chunks import size_bytes
 
@@ -252,6 +254,29 @@ def test_the_bytes_are_the_same_for_any_workers(tmp_path: Path) -> None:
     assert data.digest != mh.ArrayFile(tmp_path / "3", columns=["n"], rows=(0, 20)).digest
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rows": (0, 20)}, {"rows": (np.int64(0), torch.tensor(20))}),
+        ({"rows": (None, 20)}, {"rows": [None, np.uint8(20)]}),
+        ({"length": 3, "seed": 1}, {"length": np.int32(3), "seed": np.int64(1)}),
+        ({"group": "t", "share": (0, 0.5)}, {"group": "t", "share": [np.float32(0), np.float64(0.5)]}),
+    ],
+)
+def test_equal_arguments_have_one_digest(one: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path / "a", steps(range(30)))
+    assert mh.ArrayFile(path, **one).digest == mh.ArrayFile(path, **other).digest
+
+
+def test_many_groups_are_divided_quickly() -> None:
+    groups = 200_000
+    ranges = [(row, row + 2) for row in range(0, 2 * groups, 4)]  # every other group
+    start = process_time()
+    found = find_windows(ranges, 2 * groups, 1, np.arange(2, 2 * groups, 2), [])
+    assert process_time() - start < 6  # comparing each range with all borders takes several times as long
+    assert (len(found), found.left_out) == (groups, (0, 0, 0))
+
+
 def test_datetimes_steps_and_splits_at_a_time(tmp_path: Path) -> None:
     hours = [n for n in range(30) if n not in (10, 11)]
     times = [dt.datetime(2020, 1, 1) + dt.timedelta(hours=6 * n) for n in hours]
@@ -334,6 +359,7 @@ def test_an_array_file_is_pickled_by_its_path(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"length": 0}, "length is not an integer of at least 1"),
+    "seed": ({"seed": 0.5}, "seed is not an integer"),
     "gaps": ({"gaps": "fill"}, "unknown treatment of gaps in time"),
     "a step alone": ({"step": 1}, "a step needs a column of times"),
     "a step of times": ({"time": "t", "step": -1}, "the step of the times can't be used: it is not positive"),
@@ -362,9 +388,17 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(mh.ConfigError, match="split"):
             data.split(**arguments)
     nan = mh.Dataset.from_records([{"t": 0.0}, {"t": math.nan}])
-    with pytest.raises(mh.DataError, match="a time is missing") as caught:
+    with pytest.raises(mh.DataError, match="a time or group is missing") as caught:
         mh.ArrayFile(nan.write(tmp_path / "nan", format="arrays", **ALONE).path, time="t")
-    assert caught.value.where == f"{tmp_path}/nan, row 2"
+    assert caught.value.where == f"{tmp_path}/nan, row 2, column 't'"
+    for dtype in ("f4", "M8[s]"):
+        groups = np.array([0, 0, 1], dtype)
+        groups[1] = "NaN" if dtype == "f4" else "NaT"
+        made = mh.Dataset.from_records([{"g": groups[row, ...]} for row in range(3)])
+        folder = made.write(tmp_path / f"groups {dtype}", format="arrays", **ALONE).path
+        with pytest.raises(mh.DataError, match="a time or group is missing") as caught:
+            mh.ArrayFile(folder, group="g").split(share=0.5)
+        assert str(caught.value.where).endswith("row 2, column 'g'")
 
 
 @pytest.mark.parametrize(

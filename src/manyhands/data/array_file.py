@@ -32,6 +32,7 @@ from manyhands.data.windows import (
     find_gaps,
     find_windows,
     first_at,
+    step_of,
 )
 from manyhands.errors import ConfigError, DataError
 from manyhands.numerics.exact_statistics import ExactStatistics
@@ -95,9 +96,11 @@ class ArrayFile(Dataset[Any]):
 
     def __post_init__(self) -> None:
         self.path = str(self.path)
-        # Recipe files have lists, and the digest must be that of tuples.
+        # The digest must not depend on whether lists or tuples, or numbers of NumPy or Python were given.
         self.columns = tuple(self.columns) if isinstance(self.columns, list) else self.columns
-        self.rows = (self.rows[0], self.rows[1]) if isinstance(self.rows, list) and len(self.rows) == 2 else self.rows
+        if isinstance(self.rows, (list, tuple)) and len(self.rows) == 2:
+            self.rows = (_plain(self.rows[0]), _plain(self.rows[1]))
+        self.length, self.seed = _plain(self.length), _plain(self.seed)
         _check_arguments(self)
         self._output = _output(self.path)
         self._files = [_mapped(self._output.folder / file["name"], file["bytes"]) for file in self._output.listed]
@@ -135,7 +138,7 @@ class ArrayFile(Dataset[Any]):
 
     @property
     def left_out(self) -> LeftOut:
-        """Return how many windows were left out: for `gaps` in time, borders of `groups`, and the `split`."""
+        """Return how many windows were left out because of gaps in time, borders between groups, or the split."""
         return self._windows.left_out
 
     @property
@@ -230,7 +233,11 @@ class ArrayFile(Dataset[Any]):
         return type(self), tuple(getattr(self, each.name) for each in fields(self))
 
     def _tensor(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of a column as a tensor of its own. A tensor in the map could be changed, or end the process."""
+        """Return rows of a column as a tensor of its own.
+
+        Copy the rows: a tensor that shares the map could be written to, and reading it after the file was truncated
+        would kill the process.
+        """
         column = self._column(name)
         kind = _TORCH.get(column.kind, torch.int64)
         found = torch.empty((stop - start, *column.shape), dtype=kind)
@@ -254,7 +261,7 @@ class ArrayFile(Dataset[Any]):
         return self._layout.columns[_index_of(name, self._layout, str(self.path))]
 
     def _scalars(self, name: str) -> NDArray[Any]:
-        """Return a column of times or groups. Raises DataError if it has arrays."""
+        """Return a column of times or groups. Raises DataError if it has arrays, NaN or NaT."""
         column = self._column(name)
         if column.shape or column.kind == "bool":
             raise DataError(
@@ -265,6 +272,10 @@ class ArrayFile(Dataset[Any]):
             )
         parts = [rows for file in self._files for rows in file.all_rows(name)]
         found = np.concatenate(parts)
+        unknown = np.flatnonzero(found != found)
+        if len(unknown):
+            what = "a time or group is missing (NaN or NaT)"
+            raise DataError(what, where=f"{self.path}, row {unknown[0] + 1}, column {name!r}")
         return found.astype(np.int64) if found.dtype.kind == "u" else found.astype(found.dtype.newbyteorder("="))
 
     def _find_windows(self) -> tuple[list[Gap], Windows]:
@@ -284,11 +295,8 @@ class ArrayFile(Dataset[Any]):
         return chosen_groups(values, self._borders, set(ordered[low:high]))
 
     def _find_gaps(self, times: NDArray[Any]) -> list[Gap]:
-        unknown = np.flatnonzero(times != times)
-        if len(unknown):
-            raise DataError("a time is missing (NaN or NaT)", where=f"{self.path}, row {unknown[0] + 1}")
         check_increasing(times, self._borders, str(self.path))
-        step = common_step(times, self._borders) if self.step is None else _step_of(self.step, times.dtype)
+        step = common_step(times, self._borders) if self.step is None else step_of(self.step, times.dtype)
         if step is None:
             return []
         found = find_gaps(times, step, self._borders)
@@ -334,6 +342,12 @@ _TORCH = {
 }
 
 
+def _plain(number: Any) -> Any:
+    """Return an integer of NumPy or torch as one of Python, and any other value as it is."""
+    whole = whole_number(number)
+    return number if whole is None else whole
+
+
 def _check_arguments(data: ArrayFile) -> None:
     """Check the arguments that do not depend on the files. Raises ConfigError."""
     if data.length is not None and (whole_number(data.length) or 0) < 1:
@@ -344,6 +358,8 @@ def _check_arguments(data: ArrayFile) -> None:
         )
     if data.step is not None and data.time is None:
         raise ConfigError("a step needs a column of times", got=f"step={data.step!r}", hint="use ArrayFile(time=...)")
+    if whole_number(data.seed) is None:
+        raise ConfigError("seed is not an integer", got=repr(data.seed)[:200])
     if data.share is None:
         return
     share = data.share
@@ -354,7 +370,7 @@ def _check_arguments(data: ArrayFile) -> None:
             expected="two numbers from 0 to 1 in ascending order, a column `group`, and no `rows`",
             got=f"share={share!r}, group={data.group!r}, rows={data.rows!r}",
         )
-    data.share = (share[0], share[1])
+    data.share = (float(share[0]), float(share[1]))
 
 
 def _output(path: str) -> OutputFiles:
@@ -469,23 +485,3 @@ def _range_of(rows: Any, total: int) -> tuple[int, int]:
 def _rank(seed: int, value: Any) -> bytes:
     """Return the key that puts groups into an order that depends on their values alone."""
     return hashlib.blake2b(f"{seed} {value!r}".encode()).digest()
-
-
-def _step_of(step: Any, times: np.dtype[Any]) -> Any:
-    """Return the step in the unit of the times. Raises ConfigError."""
-    try:
-        if times.kind in "Mm":
-            found = np.timedelta64(step)
-            if np.datetime_data(found.dtype)[0] == "generic":
-                raise TypeError("a step of datetimes needs a unit, such as datetime.timedelta(hours=6)")
-            is_positive = found > np.timedelta64(0, "s")
-        else:
-            found = times.type(step)
-            if found != step:
-                raise ValueError("the times are whole numbers")
-            is_positive = found > 0
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"the step of the times can't be used: {error}", got=repr(step)) from error
-    if not is_positive:
-        raise ConfigError("the step of the times can't be used: it is not positive", got=repr(step))
-    return found

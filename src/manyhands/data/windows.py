@@ -89,7 +89,10 @@ def find_windows(
             segments += found
         by_groups += _count(stop - start, length) - kept
         # Windows that start in the last segment of the part, and would be windows without the border of the part.
-        beyond = [rows, *borders[borders >= stop][:1].tolist(), *gap_rows[gap_rows >= stop][:1].tolist()]
+        beyond = [rows]
+        for ends in (borders, gap_rows):
+            after = np.searchsorted(ends, stop)  # the first end that is not inside the part
+            beyond += ends[after : after + 1].tolist()
         by_split += max(0, min(stop - 1, min(beyond) - length) - max(segments[-1][0], stop - length + 1) + 1)
     return Windows(segments, length, LeftOut(by_gaps, by_groups, by_split))
 
@@ -108,6 +111,26 @@ def common_step(times: NDArray[Any], borders: NDArray[np.intp]) -> Any:
     steps = np.delete(np.diff(times), borders - 1)
     steps = np.sort(steps[steps > np.zeros(1, steps.dtype)])
     return steps[(len(steps) - 1) // 2] if len(steps) else None
+
+
+def step_of(step: Any, times: np.dtype[Any]) -> Any:
+    """Return the step in the unit of the times. Raises ConfigError."""
+    try:
+        if times.kind in "Mm":
+            found = np.timedelta64(step)
+            if np.datetime_data(found.dtype)[0] == "generic":
+                raise TypeError("a step of datetimes needs a unit, such as datetime.timedelta(hours=6)")
+            is_positive = found > np.timedelta64(0, "s")
+        else:
+            found = times.type(step)
+            if found != step:
+                raise ValueError("the times are whole numbers")
+            is_positive = found > 0
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the step of the times can't be used: {error}", got=repr(step)) from error
+    if not is_positive:
+        raise ConfigError("the step of the times can't be used: it is not positive", got=repr(step))
+    return found
 
 
 def first_at(times: NDArray[Any], time: Any) -> int:
