@@ -318,19 +318,44 @@ def test_arrays_in_json_are_read_again_and_damaged_ones_are_bad_records(tmp_path
     (read,) = mh.Dataset.read(tmp_path / "out").take(1, **ALONE)
     assert bits(read["deep"][0]["x"]) == bits(record["deep"][0]["x"])
     assert bits(read["scalar"]) == bits(record["scalar"])
-    wrong = [{"shape": [3]}, {"dtype": "object"}, {"dtype": 3}, {"shape": [-2, -1]}, {"__ndarray__": "%"}]
+    wrong = [
+        {"shape": [3]},
+        {"dtype": "object"},
+        {"dtype": 3},
+        {"dtype": []},
+        {"shape": [-2, -1]},
+        {"__ndarray__": "%"},
+    ]
+    wrong += [{"dtype": name} for name in ("(2,f4", "2i1", "<i2", "h", "f4,f4", "datetime64[2s]", "datetime64[h]")]
+    wrong += [{"__ndarray__": "", "shape": shape} for shape in ([0, 2**70], [0, 2**40, 2**40], [0] * 99)]
     lines = [{"x": {**form, **change}} for change in wrong]
     kept = [{"x": {**form, "more": 1}}, {"x": {**form, "__ndarray__": [0, 1]}}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + kept))
     dataset = mh.Dataset.read(tmp_path / "in.jsonl")
-    assert dataset.write(tmp_path / "w", max_bad_records=5, **ALONE).bad_records == 5
+    assert dataset.write(tmp_path / "w", max_bad_records=len(wrong), **ALONE).bad_records == len(wrong)
     with pytest.raises(mh.DataError, match="the line has an array that can't be read") as caught:
         dataset.count(**ALONE)
     assert caught.value.where == f"{tmp_path}/in.jsonl, line 1"
     assert mh.Dataset.read(tmp_path / "w").take(9, **ALONE) == kept
-    for value in (np.zeros(2, "c8"), np.array([object()]), np.zeros(2, "i4,f4"), np.ma.array([1.0], mask=[1])):
+    for value in (
+        np.zeros(2, "c8"),
+        np.array([object()]),
+        np.zeros(2, "i4,f4"),
+        np.zeros(2, "M8[2s]"),
+        np.ma.array([1.0], mask=[1]),
+    ):
         with pytest.raises(mh.DataError, match="array"):
             mh.Dataset.from_records([0]).map(lambda _, value=value: value).write(tmp_path / "no", **ALONE)
+
+
+def test_whether_a_line_has_an_array_does_not_depend_on_other_lines(tmp_path: Path) -> None:
+    line = json.dumps({"x": {"__ndarray__": "AAABAA==", "dtype": "int16", "shape": [2]}})
+    escaped = line.replace("_", r"\u005f", 1)
+    for name, lines in {"alone": [escaped], "first": [escaped, line], "last": [line, escaped]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        found = dict(zip(lines, mh.Dataset.read(tmp_path / f"{name}.jsonl").take(9, **ALONE), strict=True))
+        assert isinstance(found[escaped]["x"], dict), name
+        assert line not in found or bits(found[line]["x"]) == bits(np.arange(2, dtype="i2"))
 
 
 def test_the_size_of_arrays_is_measured() -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from manyhands.data.array_format import KINDS
 from manyhands.prepare.records.array_columns import element_type
 
-MARK = b'"__ndarray__"'  # blocks of lines without this text have no arrays
+MARK = b'"__ndarray__"'  # lines without this text have no arrays
 
 _KEYS = {"__ndarray__", "dtype", "shape"}
 
@@ -53,10 +54,9 @@ def with_arrays(value: Any) -> Any:
 
 def _array(data: str, name: Any, shape: Any) -> Any:
     try:
-        if not isinstance(name, str):
-            raise ValueError("its dtype is not text")
+        if name not in KINDS:  # np.dtype would parse any text as a description of fields
+            raise ValueError("its dtype is not one of " + ", ".join(sorted(KINDS)))
         dtype = np.dtype(name)
-        element_type(dtype)
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError("its shape is not a list of whole numbers")
         found = base64.b64decode(data, validate=True)

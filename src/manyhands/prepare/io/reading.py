@@ -174,7 +174,8 @@ def _loads(line: bytes) -> Any:
 
 
 def _loads_with_arrays(line: bytes) -> Any:
-    return with_arrays(_loads(line))
+    # Each line is looked at by itself, so that its value does not depend on the other lines of a block.
+    return with_arrays(_loads(line)) if MARK in line else _loads(line)
 
 
 def _each(

@@ -41,11 +41,11 @@ def _is_list(array: Any) -> bool:
 
 def element_type(dtype: np.dtype[Any]) -> pa.DataType:
     """Return the Arrow type of an array's elements. Raises ValueError for a type whose elements Arrow can't hold."""
-    if dtype.kind in "biufMm":
+    if dtype.kind in "biuf" or (dtype.kind in "mM" and np.datetime_data(dtype)[1] == 1):
         try:
             return pa.from_numpy_dtype(dtype)
         except pa.ArrowNotImplementedError:
-            pass  # such as long doubles, and times in hours
+            pass  # such as long doubles, and times in hours; Arrow would read times in units of 2 s as seconds
     cure = "use two arrays, or .view of floats" if dtype.kind == "c" else "use one column for each field"
     hint = f": {cure}" if dtype.kind in "cV" else ""
     raise ValueError(f"it has an array of type {dtype}, and arrays of records hold {_NUMBERS}{hint}")
