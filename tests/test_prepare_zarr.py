@@ -372,7 +372,7 @@ def slow(step):
 
 if __name__ == "__main__":
     layout = mh.ZarrLayout(dims={"v": ("t", "x", "y")}, sizes={"t": 60, "x": 20, "y": 20}, chunks={"t": 4, "x": 7})
-    data = mh.Dataset.from_records(range(60), partition_bytes=100).map(slow)
+    data = mh.Dataset.from_records(range(60), partition_bytes=1).map(slow)
     print(data.write(sys.argv[1], format="zarr", layout=layout, workers=int(sys.argv[3]), progress=False).digest)
 """
 
